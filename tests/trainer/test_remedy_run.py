@@ -2,126 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from worlds import start_world
+from intent_runs import Runs, conversations
 
 from finetune_api.remedy import RemedyResult
-from finetune_api.results import PublishSummary
-from finetune_api.run_spec import RunSpec
 from finetune_trainer.failures import UserError
-from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.halves import retention_halves
-from finetune_trainer.publish.pipeline import publish
 from finetune_trainer.publish.published_results import read_all_predictions, read_results
-from finetune_trainer.quickstart.language import draw_ticket, message, reply
 from finetune_trainer.storage import runfiles
-from finetune_trainer.storage.objects import Stores
-from finetune_trainer.storage.run_head import Head, read_head
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-GATE = {"dataSet": "reply", "metric": "Loss", "operator": "WorsensAtMost", "value": "1"}
 REMEDY = {"scan": "Interpolation", "points": ["0.75", "0.5", "0.25", "0.1"]}
-
-
-def conversations(count: int) -> str:
-    """What the base model can do: answer customers."""
-    random, lines = Random(7), []
-    for _ in range(count):
-        ticket = draw_ticket(random)
-        turns = (("user", message(ticket, random)), ("assistant", reply(ticket, random)))
-        messages = [{"role": role, "content": content} for role, content in turns]
-        lines.append(json.dumps({"messages": messages}))
-    return "\n".join(lines)
-
-
-class Runs:
-    """Runs that learn to classify messages at a high rate, and forget to answer customers."""
-
-    def __init__(self, run_spec_for: Any, bucket: str, base: Path, folder: Path) -> None:
-        self._run_spec_for, self._bucket, self.folder = run_spec_for, bucket, folder
-        self.reply = f"s3://{bucket}/reply.jsonl"
-        self.stores = Stores(run_spec_for())
-        self.store = self.stores.default
-        for path in (base / "model").iterdir():
-            self.store.upload(path, f"s3://{bucket}/model/{path.name}")
-        for name in ("intent-train", "intent-test"):
-            self.store.upload(base / "data" / f"{name}.jsonl", f"s3://{bucket}/{name}.jsonl")
-        self.store.put(self.reply, conversations(80).encode())
-
-    def prepared(
-        self, run: str, evaluation: dict[str, Any], validation: str = "0.1", **spec: Any
-    ) -> RunSpec:
-        def source(name: str, of: str) -> dict[str, str]:
-            return {"name": name, "source": f"s3://{self._bucket}/{of}.jsonl"}
-
-        run_spec: RunSpec = self._run_spec_for(
-            run=run,
-            data={
-                "train": [source("intent", "intent-train")],
-                "test": [source("intent", "intent-test")],
-                "retention": [source("reply", "reply")],
-                "split": {"validation": validation}, "quality": {"contamination": "Ignore"},
-            },
-            evaluation={
-                "maxNewTokens": 4, "maxSamples": 8, "baselines": {"shots": []}, "gates": [GATE],
-                **evaluation,
-            },
-            **{
-                "training": {
-                    "maxSteps": 30, "batchSize": 8, "learningRate": "4e-3", "precision": "FP32",
-                },
-                "output": {"destination": self.destination, "format": "Both"},
-            } | spec,
-        )  # fmt: skip
-        prepare(run_spec, self.stores, self.folder / f"prepare-{run}")
-        return run_spec
-
-    def train(self, run_spec: RunSpec, size: int = 1, lost_at: str = "") -> runfiles.RunResult:
-        """Train in a world of processes.
-
-        Args:
-            lost_at: text in the log at which the processes are killed, and then started again.
-        """
-        path = self.folder / f"run-spec-{run_spec.run}.json"
-        path.write_text(run_spec.to_text())
-        environment = dict(os.environ) | {"FINETUNE_RUN_SPEC": str(path)}
-        for attempt in range(2 if lost_at else 1):
-            folder = self.folder / f"{run_spec.run}-{size}-{attempt}"
-            world = start_world(environment, size, folder)
-            if lost_at and attempt == 0:
-                world.wait_for_log(lost_at)
-                world.kill()
-                continue
-            assert world.wait() == [0] * size, world.log.read_text()
-        return runfiles.read_result(self.store, run_spec.run_uri)
-
-    def publish(self, run_spec: RunSpec) -> PublishSummary:
-        return publish(run_spec, self.stores, self.folder / f"publish-{run_spec.run}")
-
-    @property
-    def destination(self) -> str:
-        return f"s3://{self._bucket}/out"
-
-    def head(self, run_spec: RunSpec) -> Head:
-        found = read_head(self.store, run_spec.run_uri)
-        assert found is not None
-        return found[0]
-
-    def adapter(self, run_spec: RunSpec) -> dict[str, torch.Tensor]:
-        path = self.folder / f"{run_spec.run}.safetensors"
-        uri = f"{run_spec.output_uri}/adapter/adapter_model.safetensors"
-        self.store.download(uri, path)
-        return load_file(path)
 
 
 @pytest.fixture

@@ -171,18 +171,19 @@ FAILURES: Final[tuple[FailureRow, ...]] = (
     # --- no retry can help ----------------------------------------------------------------------
     _reported(
         "UserError", ExitCode.USER_ERROR, "End",
-        "UserError BadTemplate BaseChanged CheckpointGone DataGone DoesNotFit DuplicateName"
-        " EncryptionNotSupported FormatNotForTask GPUMissing GateNotMeasured ImageUnsuitable"
-        " IncompleteModel InvalidAddress InvalidEnvironment InvalidSpec MaxLengthTooLong"
-        " MetricWithoutData ModelChanged ModelElsewhere ModelHeld ModelNotFound ModelNotReady"
-        " NoChatTemplate NoCompiler NoEarlierModel NoEndToken NoFP8 NoMatrices NoObjects"
-        " NoPaddingToken NoRouter NoSuchParameters NoSumOfAdapters NoTargetModules"
-        " NotACurrentFile NotMergeable NotTrained NothingToAsk NothingToMix NothingToReplay"
-        " ObjectNotFound OutsideClaim PackageMissing PublishedFileGone QuestionsDoNotFit"
-        " RemedyNotMeasured RunSpecMissing ScratchFull SharedMemoryFull SliceFieldMissing"
-        " StageTooShort StateUnreadable StorageInUse StorageNotInstalled StoreIgnoresConditions"
-        " TemplateTooCostly UnknownObjectType UnreadableModel UnsuitableMethod UnsuitableModel"
-        " UnsupportedModel UnsupportedTokenizer VocabularyMismatch",
+        "UserError BadTemplate BaseChanged CheckpointGone DataCurveNotMeasured DataGone"
+        " DoesNotFit DuplicateName EncryptionNotSupported FormatNotForTask GPUMissing"
+        " GateNotMeasured ImageUnsuitable IncompleteModel InvalidAddress InvalidEnvironment"
+        " InvalidSpec MaxLengthTooLong MetricWithoutData ModelChanged ModelElsewhere ModelHeld"
+        " ModelNotFound ModelNotReady NoChatTemplate NoCompiler NoEarlierModel NoEndToken"
+        " NoFP8 NoMatrices NoObjects NoPaddingToken NoRouter NoSuchParameters NoSumOfAdapters"
+        " NoTargetModules NotACurrentFile NotMergeable NotTrained NothingToAsk NothingToMix"
+        " NothingToReplay ObjectNotFound OutsideClaim PackageMissing PublishedFileGone"
+        " QuestionsDoNotFit RemedyNotMeasured RunSpecMissing ScratchFull SharedMemoryFull"
+        " SliceFieldMissing StageTooShort StateUnreadable StorageInUse StorageNotInstalled"
+        " StoreIgnoresConditions TemplateTooCostly UnknownObjectType UnreadableModel"
+        " UnsuitableMethod UnsuitableModel UnsupportedModel UnsupportedTokenizer"
+        " VocabularyMismatch",
         "the manifest is invalid or cannot be satisfied",
     ),
     _observed(

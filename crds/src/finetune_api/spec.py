@@ -194,6 +194,13 @@ class FineTuneJobSpec(Model):
         *anchor_rules(),
         *remedy_rules(),
         Rule(
+            "!self.evaluation.dataCurve || !has(self.data.stages)",
+            "evaluation.dataCurve does not go with data.stages, whose stages would end early in a"
+            " training on a part of the data",
+            lambda s: not s.evaluation.data_curve or s.data.stages is None,
+            ("evaluation.dataCurve", "data.stages"),
+        ),
+        Rule(
             "self.training.precision != 'FP8' || self.method.type == 'Full'",
             "training.precision FP8 goes with method.type Full only, which trains every weight: set"
             " BF16",

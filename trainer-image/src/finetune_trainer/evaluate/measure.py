@@ -38,7 +38,7 @@ from finetune_trainer.failures import Interrupted
 from finetune_trainer.liveness import progressed
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.split import Side
-from finetune_trainer.storage.runfiles import LabelScores
+from finetune_trainer.storage.runfiles import LabelScores, SetAnswers
 
 Floats = npt.NDArray[np.float64]
 
@@ -75,6 +75,18 @@ class SetResult:
     def tokens(self) -> float:
         """Number of labels summed in ``loss_sum``."""
         return float(self.labels.sum())
+
+    def to_answers(self) -> SetAnswers:
+        """As it is kept in storage."""
+        return SetAnswers(
+            name=self.name,
+            metrics=self.metrics,
+            losses=self.losses.tolist(),
+            labels=[int(n) for n in self.labels],
+            answers=[answer.text for answer in self.answers],
+            tokens=[answer.tokens for answer in self.answers],
+            label_scores=self.label_scores,
+        )
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from finetune_trainer.engine.task_losses import TASKS
 from finetune_trainer.evaluate.metric_selection import check_metrics
 from finetune_trainer.evaluate.slices import check_slices
 from finetune_trainer.failures import DataError, UserError, object_changed
+from finetune_trainer.prepare.data_curve_check import check_data_curve
 from finetune_trainer.prepare.digest import content_digest
 from finetune_trainer.prepare.gate_check import check_gates
 from finetune_trainer.prepare.mapping.batch import Recipe, begin
@@ -138,6 +139,7 @@ def prepare(
     questions = make_questions(spec, data, model, stores)
     check_gates(spec, manifest, questions)
     check_remedy(spec, data)
+    check_data_curve(spec, data)
     if spec.output.current is not None:
         CurrentPointer(stores.default, spec.output.destination).read()
     write_questions(stores.default, run_spec.run_uri, questions)

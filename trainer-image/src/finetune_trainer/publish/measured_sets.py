@@ -12,6 +12,7 @@ import numpy as np
 
 from finetune_api.evaluation_results import TUNED
 from finetune_api.tasks import METRICS, Metric
+from finetune_trainer.evaluate.data_curve import SHARES
 from finetune_trainer.evaluate.table import Answered
 from finetune_trainer.evaluate.weighted_scores import Groups
 from finetune_trainer.prepared.dataset import PreparedData, Reference
@@ -19,7 +20,7 @@ from finetune_trainer.prepared.halves import Halves, reported_part, sample_diges
 from finetune_trainer.prepared.split import TESTED, Side
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.objects import ObjectStore
-from finetune_trainer.storage.runfiles import RowAnswers, RunResult, SetAnswers
+from finetune_trainer.storage.runfiles import PartTraining, RowAnswers, RunResult, SetAnswers
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class MeasuredSet:
     """Value of each field of evaluation.slices for each sample; none for a retention set."""
     digests: Sequence[str]
     """Of all samples: see ``sample_digest``."""
+
+    parts: Sequence[Answered | None] = ()
+    """After training on each of ``SHARES`` of the training samples; None: not measured. Empty
+    without ``evaluation.dataCurve``, and for a retention set."""
 
     @property
     def tuned(self) -> Answered:
@@ -63,6 +68,7 @@ def measured_sets(
     """
     values = data.slices() if fields else {}
     rows = [runfiles.read_row(store, run_uri, row) for row in result.rows]
+    trained = [runfiles.read_part(store, run_uri, s) for s in SHARES] if result.data_curve else []
     found = []
     for scores in result.summary.scores:
         side, number = _place(data, scores.name)
@@ -92,9 +98,19 @@ def measured_sets(
                     else {}
                 ),
                 digests=list(sample_digests(data, side, positions)),
+                parts=[_part(each, scores.name, positions) for each in trained]
+                if side == "test"
+                else [],
             )
         )
     return found
+
+
+def _part(trained: PartTraining, name: str, positions: np.ndarray) -> Answered | None:
+    """What the model did with a set after training on a part of the training samples."""
+    found = [each for each in trained.sets if each.name == name]
+    row = RowAnswers(row=TUNED, sets=found)
+    return _answered(row, found[0], positions) if found else None
 
 
 def _place(data: PreparedData, name: str) -> tuple[Side, int]:

@@ -163,7 +163,7 @@ def _publish(
             return found
         model = seen.file.current if seen and not decided else None
         used = in_use(store, model, spec.output.destination, sets) if model else None
-        evaluation = evaluate(spec, sets, used)
+        evaluation = evaluate(spec, sets, used, result.data_curve)
         evaluation = evaluation.model_copy(
             update={"artefact": checked, "remedy": result.remedy, "matrix": matrix}
         )

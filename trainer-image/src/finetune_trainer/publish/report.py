@@ -10,7 +10,13 @@ from finetune_trainer.pages import page
 from finetune_trainer.publish.chart import Line, interval_chart, line_chart
 from finetune_trainer.publish.memorisation import memorisation_text, memorisation_warning
 from finetune_trainer.publish.results import main_result
-from finetune_trainer.publish.row_tables import counted, matrix_table, slices_of, tables_of
+from finetune_trainer.publish.row_tables import (
+    counted,
+    curve_table,
+    matrix_table,
+    slices_of,
+    tables_of,
+)
 from finetune_trainer.publish.run_facts import DRAWN_HEAD, About, artefact_text, by_set, settings
 from finetune_trainer.publish.side_by_side import QUOTA, Change
 from finetune_trainer.publish.suspects import suspects_hint
@@ -47,6 +53,7 @@ def render(about: About, data_report: bytes) -> str:
         tables=tables_of(about),
         slices=slices_of(about.evaluation),
         matrix=matrix_table(about.evaluation.matrix),
+        curve=curve_table(about.evaluation.data_curve),
         overfitting=about.overfitting,
         memorisation=about.result.memorisation and memorisation_text(about.result.memorisation),
         learned_by_heart=about.result.memorisation

@@ -13,39 +13,72 @@ from finetune_api.evaluation_results import (
     CURRENT,
     TUNED,
     CurrentResult,
+    DataCurve,
+    DataCurvePoint,
     DataSetScores,
     EvaluationResult,
+    SetCurve,
     SetTable,
 )
 from finetune_api.remedy import RemedyResult
 from finetune_api.results import MainResult
 from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.evaluate.data_curve import SHARES, set_curve, with_advice
 from finetune_trainer.evaluate.gates import against_current, results_of_gates
 from finetune_trainer.evaluate.metric_text import interval_text, shown
 from finetune_trainer.evaluate.recommendation import primary_of, recommend
 from finetune_trainer.evaluate.slices import slices_of
-from finetune_trainer.evaluate.table import adjusted, rows_of, table_of
+from finetune_trainer.evaluate.table import Answered, RowOutcome, adjusted, rows_of, table_of
 from finetune_trainer.publish.measured_sets import MeasuredSet
 from finetune_trainer.publish.predictions import InUse, row_of_current
 
 
 def evaluate(
-    spec: FineTuneJobSpec, sets: Sequence[MeasuredSet], in_use: InUse | None
+    spec: FineTuneJobSpec,
+    sets: Sequence[MeasuredSet],
+    in_use: InUse | None,
+    trained: Sequence[DataCurvePoint] = (),
 ) -> EvaluationResult:
     """Compare the rows of each set, and decide the gates.
 
     Args:
         in_use: None: output.current is not given, or no model is in use.
+        trained: trainings on parts of the data, and the run itself; empty: no data curve.
     """
     points = float(spec.evaluation.min_effect)
     if in_use is not None:
         sets = [_with_current(each, in_use) for each in sets]
     tables = adjusted([_table(each, points) for each in sets])
+    gates = results_of_gates(spec.evaluation.gates, tables, in_use=in_use is not None)
+    curve = _curve(sets, trained, points)
     return EvaluationResult(
-        sets=tables,
-        gates=results_of_gates(spec.evaluation.gates, tables, in_use=in_use is not None),
+        sets=[with_advice(table, curve, gates, points) for table in tables],
+        gates=gates,
         current=_against(spec, tables, in_use),
+        data_curve=curve,
     )
+
+
+def _curve(
+    sets: Sequence[MeasuredSet], trained: Sequence[DataCurvePoint], points: float
+) -> DataCurve | None:
+    if not trained:
+        return None
+    known = [point.share for point in trained]
+    curves = (_curve_of(each, points) for each in sets if each.parts)
+    return DataCurve(
+        points=list(trained),
+        not_measured=[share for share in SHARES if share not in known],
+        sets=[curve for curve in curves if curve is not None],
+    )
+
+
+def _curve_of(found: MeasuredSet, points: float) -> SetCurve | None:
+    def row(answers: Answered) -> RowOutcome:
+        return RowOutcome([answers], found.references, found.groups)
+
+    parts = [row(answers) if answers else None for answers in found.parts]
+    return set_curve(found.name, parts, row(found.tuned), found.metrics, points)
 
 
 def _with_current(found: MeasuredSet, in_use: InUse) -> MeasuredSet:

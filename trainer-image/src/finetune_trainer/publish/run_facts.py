@@ -246,6 +246,7 @@ def metrics_text(about: About) -> str:
         "artefact": about.evaluation.artefact.to_json() if about.evaluation.artefact else None,
         "matrix": about.evaluation.matrix and about.evaluation.matrix.to_json(),
         "remedy": about.evaluation.remedy.to_json() if about.evaluation.remedy else None,
+        "dataCurve": about.evaluation.data_curve and about.evaluation.data_curve.to_json(),
         "overfitting": _overfitting(about.overfitting),
         "suspectLabels": _suspects(result.suspects),
         "memorisation": _memorisation(result.memorisation),

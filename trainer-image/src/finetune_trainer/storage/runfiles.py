@@ -1,8 +1,9 @@
 """The small files of a run that stages exchange in object storage: see docs/architecture.md.
 
 ``prepared.json``, ``memory-profiles.json`` and ``questions.arrow`` (prepare → train),
-``base-probabilities.safetensors`` (train → later attempts), ``answers/`` (train → later attempts,
-publish), ``result.json`` (train → publish) and ``evaluation.json`` (publish → its later tries).
+``base-probabilities.safetensors`` (train → later attempts), ``answers/`` and ``data-curve/`` (train
+→ later attempts, publish), ``result.json`` (train → publish) and ``evaluation.json`` (publish → its
+later tries).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from finetune_api.base import Record
-from finetune_api.evaluation_results import EvaluationResult, Metrics, Row
+from finetune_api.evaluation_results import DataCurvePoint, EvaluationResult, Metrics, Row
 from finetune_api.remedy import RemedyResult
 from finetune_api.results import Ancestor, PreparedSummary, TrainSummary
 from finetune_trainer.storage.objects import ObjectStore
@@ -172,6 +173,17 @@ class RowAnswers(Record):
     """Time that it took, over all processes."""
 
 
+class PartTraining(Record):
+    """A training on a part of the training samples, for ``evaluation.dataCurve``."""
+
+    tries: int
+    """Trainings that were begun."""
+    point: DataCurvePoint | None = None
+    """None: none has ended."""
+    sets: list[SetAnswers] = Field(default=[])
+    """What the trained model did with the test sets."""
+
+
 class RunResult(Record):
     """Result of training, read by publish."""
 
@@ -187,6 +199,9 @@ class RunResult(Record):
     """Rows of the results whose answers are in ``answers/``."""
     remedy: RemedyResult | None = None
     """What ``evaluation.remedy`` has chosen."""
+    data_curve: list[DataCurvePoint] = Field(default=[])
+    """Trainings on parts of the data whose results are in ``data-curve/``, and the run itself;
+    empty without ``evaluation.dataCurve``."""
     quarantined: list[SampleOrigin] = Field(default=[])
     """The first samples that rollbacks left out."""
     suspects: SuspectLabels | None = None
@@ -255,6 +270,22 @@ def write_row(store: ObjectStore, run_uri: str, answers: RowAnswers) -> None:
 
 def _row_uri(run_uri: str, row: Row) -> str:
     return f"{run_uri}/answers/{row.key}.json"
+
+
+def read_part(store: ObjectStore, run_uri: str, share: float) -> PartTraining:
+    """Return what is known of the training on a share of the training samples."""
+    uri = _part_uri(run_uri, share)
+    if not store.head(uri):
+        return PartTraining(tries=0)
+    return PartTraining.model_validate_json(store.get(uri))
+
+
+def write_part(store: ObjectStore, run_uri: str, share: float, part: PartTraining) -> None:
+    store.put(_part_uri(run_uri, share), _text(part))
+
+
+def _part_uri(run_uri: str, share: float) -> str:
+    return f"{run_uri}/data-curve/{100 * share:g}.json"
 
 
 def read_evaluation(store: ObjectStore, run_uri: str) -> EvaluationResult:

@@ -23,7 +23,6 @@ from finetune_trainer.evaluate.base_kl import (
     from_bytes,
     to_bytes,
 )
-from finetune_trainer.evaluate.measure import SetResult
 from finetune_trainer.evaluate.memorisation import SAMPLES, memorisation
 from finetune_trainer.prepared.halves import reported_part
 from finetune_trainer.prepared.origins import located
@@ -31,6 +30,7 @@ from finetune_trainer.prepared.questions import Prompting, Question
 from finetune_trainer.prepared.split import TESTED
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.runfiles import Memorisation, RowAnswers, RunResult, SetAnswers
+from finetune_trainer.train.data_curve import data_curve
 from finetune_trainer.train.remedy import with_remedy
 from finetune_trainer.train.session import Session, versions
 from finetune_trainer.train.state import LoopState
@@ -94,6 +94,7 @@ def test_and_write_result(session: Session, state: LoopState, base: BaseResults)
         tuned = _test(session, TUNED)
         more = _ask(session, "Tuned", [p for p in session.questions if p.tuned])
         by_heart = _memorisation(session, chosen.step)
+        curve = data_curve(session, state, chosen.step)
         suspects, left_out = world.on_main(
             lambda: (
                 suspect_labels(state.suspects, session.data, session.evaluator.tokenizer),
@@ -134,6 +135,7 @@ def test_and_write_result(session: Session, state: LoopState, base: BaseResults)
         lineage=list(session.lineage),
         rows=[*base.rows, TUNED, *more],
         remedy=remedy,
+        data_curve=curve,
         quarantined=left_out,
         memorisation=by_heart,
         suspects=suspects,
@@ -170,19 +172,7 @@ def _test(session: Session, row: Row) -> RowAnswers:
             side, session.metrics_of_sets(side), reported_part(session.halves, side)
         )
     ]
-    return _write(session, row, [_set_answers(r) for r in results], began)
-
-
-def _set_answers(found: SetResult) -> SetAnswers:
-    return SetAnswers(
-        name=found.name,
-        metrics=found.metrics,
-        losses=found.losses.tolist(),
-        labels=[int(n) for n in found.labels],
-        answers=[answer.text for answer in found.answers],
-        tokens=[answer.tokens for answer in found.answers],
-        label_scores=found.label_scores,
-    )
+    return _write(session, row, [result.to_answers() for result in results], began)
 
 
 def _ask(
