@@ -88,6 +88,8 @@ def curve_of(quarter: int | None, half: int | None, whole: int, of: int = 400) -
         ((200, 240, 300), True, "more of the same data would help"),
         ((100, 200, 260), True, "more of the same data would help"),
         ((100, 270, 290), False, "would bring little"),  # +5 points, and then 0.6
+        ((100, 300, 400), False, "twice the data would bring about +0.0 % more"),
+        ((100, 290, 380), True, "twice the data would bring about +5.0 % more"),
         ((300, 300, 300), False, "would not help"),
         ((300, 320, 290), False, "would not help"),
         ((None, 240, 300), True, "more of the same data would help"),

@@ -51,7 +51,7 @@ def set_curve(
     values = [estimates(row, [metric]).get(metric) if row else None for row in (*parts, tuned)]
     half = parts[-1]
     compared = compare_rows(half, tuned, [metric], min_points).get(metric) if half else None
-    gain = next_gain([v.value if v else None for v in values])
+    gain = _possible(metric, values[-1], next_gain([v.value if v else None for v in values]))
     helps = _helps(metric, compared, gain, min_points)
     return SetCurve(
         data_set=name,
@@ -78,6 +78,15 @@ def next_gain(values: Sequence[float | None]) -> float | None:
         return None
     ratio = (whole - half) / (half - quarter)
     return (whole - half) * ratio if 0 < ratio < 1 else None
+
+
+def _possible(metric: Metric, whole: Estimate | None, gain: float | None) -> float | None:
+    """Cut a gain at the best value that the metric can have."""
+    kind = METRICS[metric]
+    if gain is None or whole is None or kind.span is None:
+        return gain
+    room = kind.span - whole.value if kind.higher_is_better else -whole.value
+    return min(gain, room) if kind.higher_is_better else max(gain, room)
 
 
 def _helps(
