@@ -186,7 +186,7 @@ class Evaluation(Model):
             "dataCurve does not go with remedy: trainings on parts of the data have no point of"
             " their own to compare",
             lambda e: not (e.data_curve and e.remedy is not None),
-            ("dataCurve", "remedy"),
+            ("remedy.scan",),
         ),
         _gate_rule(
             "FewShot",

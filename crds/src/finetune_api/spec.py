@@ -198,7 +198,7 @@ class FineTuneJobSpec(Model):
             "evaluation.dataCurve does not go with data.stages, whose stages would end early in a"
             " training on a part of the data",
             lambda s: not s.evaluation.data_curve or s.data.stages is None,
-            ("evaluation.dataCurve", "data.stages"),
+            ("evaluation.dataCurve",),
         ),
         Rule(
             "self.training.precision != 'FP8' || self.method.type == 'Full'",
