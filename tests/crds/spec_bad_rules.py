@@ -233,6 +233,11 @@ BAD_TOGETHER = [
         "", "training.anchor.l2Coefficient is for method.type Full, Partial", "0.02"),
     bad("negative klCoefficient", {"training.anchor": {"klCoefficient": "-1"}},
         "training.anchor.klCoefficient", "a number of zero or more", "-1"),
+    bad("data curve with a remedy", REMEDY | {"evaluation.dataCurve": True}, "evaluation",
+        "dataCurve does not go with remedy", "LayerLinear"),
+    bad("data curve with stages", {"evaluation.dataCurve": True, "data.stages":
+        [{"name": "one", "steps": "1"}]}, "", "evaluation.dataCurve does not go with data.stages",
+        "true"),
     bad("remedy without retention sets", {"evaluation.remedy": {"scan": "Interpolation"}}, "",
         "evaluation.remedy chooses by retention sets: give data.retention", "Interpolation"),
     bad("remedy without validation", REMEDY | {"data.split": {"validation": "0.0"}}, "",

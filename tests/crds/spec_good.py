@@ -159,6 +159,9 @@ GOOD = [
          {"training": {"labelSmoothing": "0.1", "neftuneAlpha": "5", "layerDecay": "0.9"}}),
     good("instructions that come along", {"data.retention": sources(
         {"source": "builtin://instructions.jsonl", "format": "PromptCompletion"})}),
+    good("data curve", {"evaluation.dataCurve": True}),
+    good("no data curve with a remedy", {"data.retention": sources({}),
+         "evaluation": {"dataCurve": False, "remedy": {"scan": "Interpolation"}}}),
     good("remedy", {"data.retention": sources({}), "method.type": "IA3", "evaluation.remedy":
         {"scan": "LayerLinear", "points": ["0.5", "0.05"], "worsensAtMost": "0"}}),
     good("remedy with a validation set", {"data.retention": sources({}),

@@ -20,11 +20,14 @@ from finetune_api.evaluation_results import (
     BASE,
     TUNED,
     Comparison,
+    DataCurve,
+    DataCurvePoint,
     DataSetScores,
     Estimate,
     EvaluationResult,
     Recommendation,
     Row,
+    SetCurve,
     SetTable,
     Slice,
     TableRow,
@@ -145,6 +148,21 @@ def about(
         )
     ]  # fmt: skip
     table = SetTable(name="support", rows=rows, recommendation=advice, slices=slices)
+    curve = DataCurve(
+        points=[
+            DataCurvePoint(
+                share=0.5, samples=1234, steps=10, validation_loss=1.75, process_seconds=2.5
+            ),
+            DataCurvePoint(share=1, samples=2468, steps=20),
+        ],
+        not_measured=[0.25],
+        sets=[
+            SetCurve(
+                data_set="support", metric="Accuracy", values=[None, value, value],
+                comparison=compared["Accuracy"], more_helps=True, because="it <b>rises</b>",
+            )
+        ],
+    )  # fmt: skip
     answers = {BASE: "b", Row(model="Base", prompt="4-shot"): "b4", TUNED: "c"}
     lineage = [Ancestor(uri=source), *before]
     result = RunResult(
@@ -187,7 +205,7 @@ def about(
     )
     return run_facts.gather(
         run_spec, result, prepared, data, sizes, ModelLocation(source=base or source),
-        evaluation=EvaluationResult(sets=[table] if scores else []),
+        evaluation=EvaluationResult(sets=[table] if scores else [], data_curve=curve),
         sets=[measured("support", "<script>x</script>", "a", answers)],
     )  # fmt: skip
 
@@ -282,6 +300,21 @@ def test_the_report_shows_figures_data_and_examples() -> None:
         "Trained parameters</th><td>10 of 1,000 (1 %)", "; a full copy has 1,980.0 MB",
     ):  # fmt: skip
         assert shown in text, shown
+
+
+def test_the_report_shows_the_data_curve() -> None:
+    text = re.sub(r"\s+", " ", report.render(about(), json.dumps(DATA_REPORT).encode()))
+    for shown in (
+        '<th class="num">support, Accuracy</th>',
+        '<td>50 %</td><td class="num">1,234</td><td class="num">10</td><td class="num">1.75</td>'
+        '<td class="num">50.0 % (40, 60)</td><td class="num">2.5</td>',
+        '<td>100 %</td><td class="num">2,468</td><td class="num">20</td><td class="num">–</td>',
+        "<b>support</b>: it &lt;b&gt;rises&lt;/b&gt;.",
+        "left out, as their trainings were interrupted: 25 %",
+    ):
+        assert shown in text, shown
+    told = json.loads(run_facts.metrics_text(about()))["dataCurve"]
+    assert told["points"][0]["samples"] == 1234 and told["notMeasured"] == [0.25]
 
 
 def test_the_report_shows_groups_and_slices() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from forgetting import REMEDY, Runs, conversations
+from intent_runs import REMEDY, Runs, conversations
 from run_specs import run_specs
 
 from finetune_api.remedy import RemedyResult

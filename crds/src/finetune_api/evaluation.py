@@ -148,6 +148,16 @@ class Evaluation(Model):
     is kept, and the results say so. Costs a pass over the validation sets and half of the retention
     sets for each point, 1 and 0 included, without generated text; with Full and Partial also
     reading the base model again. Absent: the tuned model is taken as it is."""
+    data_curve: bool = False
+    """Whether the run also trains on parts of its training samples, 25 % and 50 %, to say whether
+    more of the same data would help (recommendation CollectMoreData). The smaller part is within
+    the larger one; both have the same share of each training set, drawn by training.seed. Each
+    sample is visited as often as in the whole training, with the same settings: steps, warm-up and
+    decay shrink with the samples, and each training ends at the step that corresponds to the
+    published checkpoint. It starts from the base model again, after the tuned model is tested, and
+    changes nothing about that model. Costs about three quarters of the time of the training, and
+    two more tests of validation and test sets; counts as evaluation in `status.usage`. A part
+    whose training is interrupted twice is left out."""
     max_new_tokens: Annotated[int, Field(ge=1, le=65536)] | None = None
     """Maximum length of a generated answer, in tokens. Absent: the longest completion of the
     training sets (without them, of all sets), but at most 512."""
@@ -204,6 +214,13 @@ class Evaluation(Model):
             " or give Base",
             lambda e: all(g.row in (None, "Base") for g in e.gates if g.metric == WIN_RATE),
             ("gates[].row",),
+        ),
+        Rule(
+            "!self.dataCurve || !has(self.remedy)",
+            "dataCurve does not go with remedy: trainings on parts of the data have no point of"
+            " their own to compare",
+            lambda e: not (e.data_curve and e.remedy is not None),
+            ("remedy.scan",),
         ),
         _gate_rule(
             "FewShot",

@@ -131,7 +131,7 @@ class TableRow(Record):
     workspace. None: this run."""
 
 
-Action = Literal["Tune", "Prompt", "Retrieve", "TuneAndRetrieve", "Neither"]
+Action = Literal["Tune", "Prompt", "Retrieve", "TuneAndRetrieve", "Neither", "CollectMoreData"]
 
 
 class Recommendation(Record):
@@ -139,7 +139,8 @@ class Recommendation(Record):
 
     action: Action
     """The cheapest way whose answers are not significantly worse than the best: Neither (the base
-    model as it is), Prompt, Retrieve, Tune, TuneAndRetrieve."""
+    model as it is), Prompt, Retrieve, Tune, TuneAndRetrieve. CollectMoreData: the tuned model does
+    not reach its target, and more of the same data would help (``DataCurve``)."""
     row: Word
     """Row that answers so."""
     metric: Word
@@ -286,6 +287,53 @@ class TaskMatrix(Record):
     """Models of the sequence whose results were not read, and why."""
 
 
+class DataCurvePoint(Record):
+    """A training on a part of the training samples."""
+
+    share: Annotated[float, Field(gt=0, le=1)]
+    """Share of the training samples; 1: the run itself."""
+    samples: Count
+    """Training samples."""
+    steps: Count
+    """Optimizer steps of the measured model."""
+    validation_loss: float | None = None
+    """Loss over all validation sets, in nats per supervised token; None: there are none, or it is
+    not finite."""
+    process_seconds: float = 0.0
+    """Time of the training and its tests, over all processes; 0 for the run itself."""
+
+
+class SetCurve(Record):
+    """What more training samples do for the results on one test set."""
+
+    data_set: Word
+    """Name of the set."""
+    metric: Word
+    """Metric of the values: the one by which rows are compared."""
+    values: list[Estimate | None]
+    """Of each point of ``DataCurve``; None: not measured."""
+    comparison: Comparison | None = None
+    """The whole training against that on half of the samples, over the same test samples."""
+    next_gain: float | None = None
+    """Change of the metric that twice the samples would bring, by the power law through the three
+    values; None: there is none."""
+    more_helps: bool | None = None
+    """Whether more of the same data would help; None: the test samples do not tell."""
+    because: str
+    """The figures, in words."""
+
+
+class DataCurve(Record):
+    """Trainings on parts of the training samples (evaluation.dataCurve)."""
+
+    points: list[DataCurvePoint]
+    """Ascending shares, the run itself last."""
+    not_measured: list[float] = []
+    """Shares that were left out, as their trainings were interrupted."""
+    sets: list[SetCurve] = []
+    """One for each test set that a part was tested on."""
+
+
 class EvaluationResult(Record):
     """Results of a run on its test and retention sets."""
 
@@ -304,6 +352,8 @@ class EvaluationResult(Record):
     """None: evaluation.remedy is not given."""
     judge: JudgeResult | None = None
     """None: evaluation.judge is not given."""
+    data_curve: DataCurve | None = None
+    """None: evaluation.dataCurve is not set."""
 
     @property
     def held(self) -> str | None:

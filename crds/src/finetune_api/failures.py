@@ -171,14 +171,13 @@ FAILURES: Final[tuple[FailureRow, ...]] = (
     # --- no retry can help ----------------------------------------------------------------------
     _reported(
         "UserError", ExitCode.USER_ERROR, "End",
-        "UserError BadTemplate BaseChanged CheckpointGone DataGone DoesNotFit DuplicateName"
-        " EncryptionNotSupported FormatNotForTask GPUMissing GateNotMeasured ImageUnsuitable"
-        " IncompleteModel InvalidAddress InvalidEnvironment InvalidSpec JudgeFailed"
+        "UserError BadTemplate BaseChanged CheckpointGone DataCurveNotMeasured DataGone DoesNotFit"
+        " DuplicateName EncryptionNotSupported FormatNotForTask GPUMissing GateNotMeasured"
+        " ImageUnsuitable IncompleteModel InvalidAddress InvalidEnvironment InvalidSpec JudgeFailed"
         " MaxLengthTooLong MetricFailed MetricNotInstalled MetricWithoutData ModelChanged"
-        " ModelElsewhere ModelHeld ModelNotFound ModelNotReady"
-        " NoChatTemplate NoCompiler NoEarlierModel NoEndToken NoFP8 NoMatrices"
-        " NoModelPublished NoObjects NoPaddingToken NoRouter NoSuchParameters NoSumOfAdapters"
-        " NoTargetModules"
+        " ModelElsewhere ModelHeld ModelNotFound ModelNotReady NoChatTemplate NoCompiler"
+        " NoEarlierModel NoEndToken NoFP8 NoMatrices NoModelPublished NoObjects NoPaddingToken"
+        " NoRouter NoSuchParameters NoSumOfAdapters NoTargetModules"
         " NotACurrentFile NotMergeable NotTrained NothingToAsk NothingToMix NothingToReplay"
         " ObjectNotFound OutsideClaim PackageMissing PublishedFileGone QuestionsDoNotFit"
         " RemedyNotMeasured RunSpecMissing ScratchFull SharedMemoryFull SliceFieldMissing"

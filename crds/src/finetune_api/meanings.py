@@ -142,6 +142,10 @@ STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
                 "test prompts behind examples, instructions of the user, or retrieved passages",
             ),
             ("answers/<row>.json", "answers and losses of base and tuned model, for each prompt"),
+            (
+                "data-curve/<percent>.json",
+                "losses and answers after training on a part of the training samples",
+            ),
             ("result.json", "summary and learning curve, which publish reads"),
             ("evaluation.json", "results of all rows and gates; the published model checked"),
         ),

@@ -196,6 +196,13 @@ class FineTuneJobSpec(Model):
         *remedy_rules(),
         *untrained_rules(Checkpoint),
         Rule(
+            "!self.evaluation.dataCurve || !has(self.data.stages)",
+            "evaluation.dataCurve does not go with data.stages, whose stages would end early in a"
+            " training on a part of the data",
+            lambda s: not s.evaluation.data_curve or s.data.stages is None,
+            ("evaluation.dataCurve",),
+        ),
+        Rule(
             "self.training.precision != 'FP8' || self.method.type == 'Full'",
             "training.precision FP8 goes with method.type Full only, which trains every weight: set"
             " BF16",

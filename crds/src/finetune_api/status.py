@@ -256,7 +256,8 @@ class GpuSeconds(Model):
     productive: int = 0
     """Steps that count: a checkpoint has them."""
     evaluation: int = 0
-    """Validation during training, and the tests of base and tuned model."""
+    """Validation during training, the tests of base and tuned model, and the trainings of
+    evaluation.dataCurve."""
     checkpoint: int = 0
     """Training waits for a checkpoint: for the copy of the state, or for the upload before."""
     recomputed: int = 0

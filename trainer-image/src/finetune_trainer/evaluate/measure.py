@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ from finetune_trainer.failures import Interrupted
 from finetune_trainer.liveness import progressed
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.split import Side
-from finetune_trainer.storage.runfiles import LabelScores
+from finetune_trainer.storage.runfiles import LabelScores, SetAnswers
 
 Floats = npt.NDArray[np.float64]
 OF_LABELS: Final = frozenset(metrics_from("LabelScores"))
@@ -76,6 +76,18 @@ class SetResult:
     def tokens(self) -> float:
         """Number of labels summed in ``loss_sum``."""
         return float(self.labels.sum())
+
+    def to_answers(self) -> SetAnswers:
+        """As it is kept in storage."""
+        return SetAnswers(
+            name=self.name,
+            metrics=self.metrics,
+            losses=self.losses.tolist(),
+            labels=[int(n) for n in self.labels],
+            answers=[answer.text for answer in self.answers],
+            tokens=[answer.tokens for answer in self.answers],
+            label_scores=self.label_scores,
+        )
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from finetune_trainer.evaluate.remedy_check import check_remedy
 from finetune_trainer.evaluate.slices import check_slices
 from finetune_trainer.failures import DataError, UserError, object_changed
 from finetune_trainer.prepare.custom_metric_check import check_custom_metrics
+from finetune_trainer.prepare.data_curve_check import check_data_curve
 from finetune_trainer.prepare.digest import content_digest
 from finetune_trainer.prepare.gate_check import check_gates
 from finetune_trainer.prepare.mapping.batch import Recipe, begin
@@ -143,6 +144,7 @@ def prepare(
     check_gates(spec, manifest, questions)
     check_custom_metrics(spec, data)
     check_remedy(spec, data)
+    check_data_curve(spec, data)
     if spec.output.current is not None:
         CurrentPointer(stores.default, spec.output.destination).read()
     write_questions(stores.default, run_spec.run_uri, questions)

@@ -13,6 +13,7 @@ import numpy as np
 from finetune_api.evaluation_results import BASE, TUNED
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tasks import METRICS, Kinds
+from finetune_trainer.evaluate.data_curve import SHARES
 from finetune_trainer.evaluate.metric_selection import measured_on
 from finetune_trainer.evaluate.table import Answered
 from finetune_trainer.evaluate.weighted_scores import Groups
@@ -21,10 +22,7 @@ from finetune_trainer.prepared.halves import Halves, reported_part, sample_diges
 from finetune_trainer.prepared.split import TESTED, Side
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.objects import ObjectStore
-from finetune_trainer.storage.runfiles import Example, RowAnswers, RunResult, SetAnswers
-
-EXAMPLES = 8
-"""Samples of each set that the report shows, with all answers."""
+from finetune_trainer.storage.runfiles import PartTraining, RowAnswers, RunResult, SetAnswers
 
 
 @dataclass(frozen=True)
@@ -46,25 +44,16 @@ class MeasuredSet:
     digests: Sequence[str]
     """Of all samples: see ``sample_digest``."""
 
+    parts: Sequence[Answered | None] = ()
+    """After training on each of ``SHARES`` of the training samples; None: not measured. Empty
+    without ``evaluation.dataCurve``, and for a retention set."""
+
     @property
     def judged(self) -> Answered:
         """Answers to the test prompts as they are, of the tuned model or, where nothing was
         trained, of the base model."""
         rows = {row.row: row for row in self.answered if row.row in (BASE, TUNED)}
         return rows.get(TUNED) or rows[BASE]
-
-    def examples(self) -> list[Example]:
-        """The first samples that were answered, with all answers."""
-        said: list[dict[str, str]] = [{} for _ in self.references[:EXAMPLES]]
-        for row in self.answered:
-            for number, answer in zip(row.samples, row.answers, strict=True):
-                if number < len(said):
-                    said[number].setdefault(row.row.name, answer)
-        return [
-            Example(prompt=r.prompt, reference=r.completion, answers=answers)
-            for r, answers in zip(self.references, said, strict=False)
-            if answers
-        ]
 
 
 def measured_sets(
@@ -85,6 +74,7 @@ def measured_sets(
     fields, kinds = spec.evaluation.slices, spec.evaluation.kinds
     values = data.slices() if fields else {}
     rows = [runfiles.read_row(store, run_uri, row) for row in result.rows]
+    trained = [runfiles.read_part(store, run_uri, s) for s in SHARES] if result.data_curve else []
     found = []
     for scores in result.summary.scores:
         side, number = _place(data, scores.name)
@@ -119,9 +109,19 @@ def measured_sets(
                     else {}
                 ),
                 digests=list(sample_digests(data, side, positions)),
+                parts=[_part(each, scores.name, positions) for each in trained]
+                if side == "test"
+                else [],
             )
         )
     return found
+
+
+def _part(trained: PartTraining, name: str, positions: np.ndarray) -> Answered | None:
+    """What the model did with a set after training on a part of the training samples."""
+    found = [each for each in trained.sets if each.name == name]
+    row = RowAnswers(row=TUNED, sets=found)
+    return _answered(row, found[0], positions) if found else None
 
 
 def _place(data: PreparedData, name: str) -> tuple[Side, int]:

@@ -107,7 +107,7 @@ def render(about: About) -> str:
         f"# {run_spec.job.name}",
         f"`{run_spec.base_model.source}`, tuned with {about.spec.method.type} by finetune-operator"
         f" (run `{run_spec.run}`). `report.html` beside this file has the loss curve, the data and"
-        " examples; `metrics.json` has every figure.",
+        " samples; `metrics.json` has every figure.",
         "## Test metrics",
         _table(("Data set", "Metric", "Base", "Tuned", "Gain", "95 % interval", "Verdict"), scores)
         if scores

@@ -1,17 +1,24 @@
-"""``report.html``: a self-contained page with a run's metrics, loss, data and examples."""
+"""``report.html``: a self-contained page with a run's metrics, loss, data and samples."""
 
 from __future__ import annotations
 
 import json
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from finetune_trainer.pages import page
 from finetune_trainer.publish.chart import Line, interval_chart, line_chart
 from finetune_trainer.publish.judge_texts import judge_texts
 from finetune_trainer.publish.memorisation import memorisation_text, memorisation_warning
 from finetune_trainer.publish.results import main_result
-from finetune_trainer.publish.row_tables import counted, matrix_table, slices_of, tables_of
+from finetune_trainer.publish.row_tables import (
+    counted,
+    curve_table,
+    matrix_table,
+    slices_of,
+    tables_of,
+)
 from finetune_trainer.publish.run_facts import DRAWN_HEAD, About, artefact_text, by_set, settings
+from finetune_trainer.publish.side_by_side import QUOTA, Change
 from finetune_trainer.publish.suspects import suspects_hint
 from finetune_trainer.publish.trade_off import trade_off
 
@@ -47,6 +54,7 @@ def render(about: About, data_report: bytes) -> str:
         tables=tables_of(about),
         slices=slices_of(about.evaluation, about.spec.evaluation.kinds),
         matrix=matrix_table(about.evaluation.matrix, about.spec.evaluation.kinds),
+        curve=curve_table(about.evaluation.data_curve, about.spec.evaluation.kinds),
         overfitting=about.overfitting,
         memorisation=about.result.memorisation and memorisation_text(about.result.memorisation),
         learned_by_heart=about.result.memorisation
@@ -65,6 +73,8 @@ def render(about: About, data_report: bytes) -> str:
         judge=judge_texts(about.evaluation.judge),
         data=_data_rows(json.loads(data_report)),
         previews=_previews(json.loads(data_report)),
+        changes=get_args(Change),
+        quota=QUOTA,
     )
 
 

@@ -13,9 +13,12 @@ from finetune_api.evaluation_results import (
     CURRENT,
     TUNED,
     CurrentResult,
+    DataCurve,
+    DataCurvePoint,
     DataSetScores,
     Estimate,
     EvaluationResult,
+    SetCurve,
     SetTable,
     TableRow,
 )
@@ -23,24 +26,30 @@ from finetune_api.remedy import RemedyResult
 from finetune_api.results import MainResult
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tasks import METRICS, Kinds, MetricKind
+from finetune_trainer.evaluate.data_curve import SHARES, set_curve, with_advice
 from finetune_trainer.evaluate.gates import against_current, results_of_gates
 from finetune_trainer.evaluate.metric_text import interval_text, shown
 from finetune_trainer.evaluate.recommendation import primary_of, recommend
 from finetune_trainer.evaluate.slices import slices_of
-from finetune_trainer.evaluate.table import adjusted, rows_of, table_of
+from finetune_trainer.evaluate.table import Answered, RowOutcome, adjusted, rows_of, table_of
 from finetune_trainer.publish.measured_sets import MeasuredSet
 from finetune_trainer.publish.predictions import InUse, row_of_current
 from finetune_trainer.publish.scoring import Scorer
 
 
 def evaluate(
-    spec: FineTuneJobSpec, sets: Sequence[MeasuredSet], in_use: InUse | None, score: Scorer
+    spec: FineTuneJobSpec,
+    sets: Sequence[MeasuredSet],
+    in_use: InUse | None,
+    score: Scorer,
+    trained: Sequence[DataCurvePoint] = (),
 ) -> EvaluationResult:
     """Compare the rows of each set, and decide the gates.
 
     Args:
         in_use: None: output.current is not given, or no model is in use.
         score: scores the answers of the current model like those of the sets.
+        trained: trainings on parts of the data, and the run itself; empty: no data curve.
 
     Raises:
         UserError: 'MetricFailed'.
@@ -49,13 +58,38 @@ def evaluate(
     if in_use is not None:
         sets = [score(_with_current(each, in_use)) for each in sets]
     tables = adjusted([_table(each, points) for each in sets])
-    return EvaluationResult(
-        sets=tables,
-        gates=results_of_gates(
-            spec.evaluation.gates, tables, spec.evaluation.kinds, in_use=in_use is not None
-        ),
-        current=_against(spec, tables, in_use),
+    gates = results_of_gates(
+        spec.evaluation.gates, tables, spec.evaluation.kinds, in_use=in_use is not None
     )
+    curve = _curve(sets, trained, points)
+    return EvaluationResult(
+        sets=[with_advice(table, curve, gates, spec.evaluation.kinds, points) for table in tables],
+        gates=gates,
+        current=_against(spec, tables, in_use),
+        data_curve=curve,
+    )
+
+
+def _curve(
+    sets: Sequence[MeasuredSet], trained: Sequence[DataCurvePoint], points: float
+) -> DataCurve | None:
+    if not trained:
+        return None
+    known = [point.share for point in trained]
+    curves = (_curve_of(each, points) for each in sets if each.parts)
+    return DataCurve(
+        points=list(trained),
+        not_measured=[share for share in SHARES if share not in known],
+        sets=[curve for curve in curves if curve is not None],
+    )
+
+
+def _curve_of(found: MeasuredSet, points: float) -> SetCurve | None:
+    def row(answers: Answered) -> RowOutcome:
+        return RowOutcome([answers], found.references, found.groups)
+
+    parts = [row(answers) if answers else None for answers in found.parts]
+    return set_curve(found.name, parts, row(found.judged), found.metrics, points)
 
 
 def _with_current(found: MeasuredSet, in_use: InUse) -> MeasuredSet:

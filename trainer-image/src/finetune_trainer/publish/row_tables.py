@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from finetune_api.evaluation_results import (
     BASE,
+    DataCurve,
     EvaluationResult,
     Slice,
     TableRow,
     TaskMatrix,
 )
 from finetune_api.tasks import Kinds, MetricKind
+from finetune_trainer.evaluate.data_curve import SHARES
 from finetune_trainer.evaluate.recommendation import PRIMARY, primary_of
 from finetune_trainer.publish.run_facts import About, Score, by_set
 
@@ -151,6 +153,44 @@ def matrix_table(found: TaskMatrix | None, kinds: Kinds) -> ShownMatrix | None:
         forgetting=[s.show(c.forgetting, signed=True) for s, c in pairs],
         summary=", ".join(averages),
         not_read="; ".join(f"{name}: {why}" for name, why in found.not_read.items()),
+    )
+
+
+@dataclass(frozen=True)
+class ShownCurve:
+    """The data curve as text."""
+
+    sets: list[str]
+    """Headers of the columns: a set and its metric."""
+    rows: list[tuple[str, list[str]]]
+    """Each share, with samples, steps, validation loss, values by set, and seconds."""
+    because: list[tuple[str, str]]
+    """Each set with what follows for it."""
+    not_measured: str
+    """Shares that were left out; "" if there are none."""
+
+
+def curve_table(found: DataCurve | None, kinds: Kinds) -> ShownCurve | None:
+    """The data curve as text, or None."""
+    if found is None:
+        return None
+    scores = [Score(c.data_set, 0, c.metric, kinds[c.metric], None, 0.0) for c in found.sets]
+    at = {share: number for number, share in enumerate((*SHARES, 1.0))}
+    rows = []
+    for point in found.points:
+        values = [
+            score.estimated(curve.values[at[point.share]])
+            for score, curve in zip(scores, found.sets, strict=True)
+        ]
+        loss = "–" if point.validation_loss is None else f"{point.validation_loss:.4g}"
+        spent = f"{point.process_seconds:.1f}" if point.process_seconds else ""
+        cells = [f"{point.samples:,}", f"{point.steps:,}", loss, *values, spent]
+        rows.append((f"{100 * point.share:g} %", cells))
+    return ShownCurve(
+        sets=[f"{curve.data_set}, {curve.metric}" for curve in found.sets],
+        rows=rows,
+        because=[(curve.data_set, curve.because) for curve in found.sets],
+        not_measured=", ".join(f"{100 * share:g} %" for share in found.not_measured),
     )
 
 

@@ -31,8 +31,9 @@ from finetune_trainer.publish.measured_sets import MeasuredSet
 from finetune_trainer.publish.memorisation import memorisation_warning
 from finetune_trainer.publish.overfitting import Overfitting, overfitting
 from finetune_trainer.publish.results import with_comparisons
+from finetune_trainer.publish.side_by_side import SideBySide, side_by_side
 from finetune_trainer.publish.suspects import suspects_hint
-from finetune_trainer.storage.runfiles import Example, Memorisation, RunResult, SuspectLabels
+from finetune_trainer.storage.runfiles import Memorisation, RunResult, SuspectLabels
 
 METRICS_FILE: Final = "metrics.json"
 TABLE_KEYS: Final = ("retention", "rows", "recommendation", "slices")
@@ -168,10 +169,11 @@ class About:
         return [score for score in self.scores if (score.data_set in lost) is retention]
 
     @property
-    def examples(self) -> dict[str, list[Example]]:
-        """Example answers by set."""
-        found = {each.name: each.examples() for each in self.sets}
-        return {name: examples for name, examples in found.items() if examples}
+    def side_by_side(self) -> list[SideBySide]:
+        """Samples of each set with the answers of all rows."""
+        seed, redact = self.spec.data.split.seed, self.spec.data.quality.personal_data == "Redact"
+        found = [side_by_side(each, seed, redact) for each in self.sets]
+        return [each for each in found if each is not None]
 
     @property
     def overfitting(self) -> Overfitting | None:
@@ -261,6 +263,7 @@ def metrics_text(about: About) -> str:
         "matrix": about.evaluation.matrix and about.evaluation.matrix.to_json(),
         "judge": about.evaluation.judge.to_json() if about.evaluation.judge else None,
         "remedy": about.evaluation.remedy.to_json() if about.evaluation.remedy else None,
+        "dataCurve": about.evaluation.data_curve and about.evaluation.data_curve.to_json(),
         "overfitting": _overfitting(about.overfitting),
         "suspectLabels": _suspects(result.suspects),
         "memorisation": _memorisation(result.memorisation),

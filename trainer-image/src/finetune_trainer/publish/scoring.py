@@ -51,7 +51,11 @@ class Scorer:
         wanted = [metric for metric in self.declared if metric.name in found.metrics]
         if not wanted:
             return found
-        return replace(found, answered=[self._row(found, row, wanted) for row in found.answered])
+        return replace(
+            found,
+            answered=[self._row(found, row, wanted) for row in found.answered],
+            parts=[row and self._row(found, row, wanted) for row in found.parts],
+        )
 
     def _row(self, found: MeasuredSet, row: Answered, wanted: Sequence[CustomMetric]) -> Answered:
         if not row.samples or all(metric.name in row.scores for metric in wanted):

@@ -1,8 +1,9 @@
 """The small files of a run that stages exchange in object storage: see docs/architecture.md.
 
 ``prepared.json``, ``memory-profiles.json`` and ``questions.arrow`` (prepare → train),
-``base-probabilities.safetensors`` (train → later attempts), ``answers/`` (train → later attempts,
-publish), ``result.json`` (train → publish), ``judgements/`` and ``evaluation.json`` (publish → its
+``base-probabilities.safetensors`` (train → later attempts), ``answers/`` and ``data-curve/`` (train
+→ later attempts, publish), ``result.json`` (train → publish), ``judgements/`` and
+``evaluation.json`` (publish → its
 later tries).
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pydantic import Field, ValidationError
 
 from finetune_api.base import Record
-from finetune_api.evaluation_results import EvaluationResult, Metrics, Row
+from finetune_api.evaluation_results import DataCurvePoint, EvaluationResult, Metrics, Row
 from finetune_api.judge import JudgedSet
 from finetune_api.remedy import RemedyResult
 from finetune_api.results import Ancestor, PreparedSummary, TrainSummary
@@ -54,17 +55,6 @@ class ValidationPoint(Record):
     base_kl: float | None = None
     """KL(base || tuned) on the first samples, nats per supervised token: see ``base_kl``. None: a
     classifier, no validation samples, or an earlier trainer."""
-
-
-class Example(Record):
-    """One test sample with the answers of all rows."""
-
-    prompt: str
-    """Prompt of the sample."""
-    reference: str
-    """The correct answer."""
-    answers: dict[str, str]
-    """Answer by row, of the first draw."""
 
 
 class SampleOrigin(Record):
@@ -206,6 +196,17 @@ class SetJudgements(Record):
     """Tokens of the replies."""
 
 
+class PartTraining(Record):
+    """A training on a part of the training samples, for ``evaluation.dataCurve``."""
+
+    tries: int
+    """Trainings that were begun."""
+    point: DataCurvePoint | None = None
+    """None: none has ended."""
+    sets: list[SetAnswers] = Field(default=[])
+    """What the trained model did with the test sets."""
+
+
 class RunResult(Record):
     """Result of training, read by publish."""
 
@@ -221,6 +222,9 @@ class RunResult(Record):
     """Rows of the results whose answers are in ``answers/``."""
     remedy: RemedyResult | None = None
     """What ``evaluation.remedy`` has chosen."""
+    data_curve: list[DataCurvePoint] = Field(default=[])
+    """Trainings on parts of the data whose results are in ``data-curve/``, and the run itself;
+    empty without ``evaluation.dataCurve``."""
     quarantined: list[SampleOrigin] = Field(default=[])
     """The first samples that rollbacks left out."""
     suspects: SuspectLabels | None = None
@@ -304,6 +308,22 @@ def read_judgements(store: ObjectStore, run_uri: str, name: str) -> SetJudgement
 
 def write_judgements(store: ObjectStore, run_uri: str, name: str, said: SetJudgements) -> None:
     store.put(f"{run_uri}/judgements/{name}.json", _text(said))
+
+
+def read_part(store: ObjectStore, run_uri: str, share: float) -> PartTraining:
+    """Return what is known of the training on a share of the training samples."""
+    uri = _part_uri(run_uri, share)
+    if not store.head(uri):
+        return PartTraining(tries=0)
+    return PartTraining.model_validate_json(store.get(uri))
+
+
+def write_part(store: ObjectStore, run_uri: str, share: float, part: PartTraining) -> None:
+    store.put(_part_uri(run_uri, share), _text(part))
+
+
+def _part_uri(run_uri: str, share: float) -> str:
+    return f"{run_uri}/data-curve/{100 * share:g}.json"
 
 
 def read_evaluation(store: ObjectStore, run_uri: str) -> EvaluationResult:

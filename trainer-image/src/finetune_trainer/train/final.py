@@ -37,6 +37,7 @@ from finetune_trainer.prepared.questions import Prompting, Question
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.runfiles import Memorisation, RowAnswers, RunResult, SetAnswers
 from finetune_trainer.train.base_rows import BaseRows
+from finetune_trainer.train.data_curve import data_curve
 from finetune_trainer.train.remedy import with_remedy
 from finetune_trainer.train.session import MeasuringSession, Session, versions
 from finetune_trainer.train.state import LoopState
@@ -103,6 +104,7 @@ def test_and_write_result(session: Session, state: LoopState, base: BaseResults)
         tuned = _test(session, TUNED)
         more = _ask(session, "Tuned", [p for p in session.questions if p.tuned])
         by_heart = _memorisation(session, chosen.step)
+        curve = data_curve(session, state, chosen.step)
         suspects, left_out = world.on_main(
             lambda: (
                 suspect_labels(state.suspects, session.data, session.evaluator.tokenizer),
@@ -135,6 +137,7 @@ def test_and_write_result(session: Session, state: LoopState, base: BaseResults)
         lineage=list(session.lineage),
         rows=[*base.rows, TUNED, *more],
         remedy=remedy,
+        data_curve=curve,
         quarantined=left_out,
         memorisation=by_heart,
         suspects=suspects,

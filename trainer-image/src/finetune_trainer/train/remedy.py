@@ -37,7 +37,7 @@ def with_remedy(session: Session, tuned: Checkpoint) -> tuple[Checkpoint, Remedy
     model = session.loss.model
     if (known := checkpointer.load_point(model, tuned)) is not None:
         return known[0], RemedyResult.model_validate_json(known[1])
-    _free_training_state(session)
+    free_training_state(session)
     reshard(session.loss)
     base = own_weights(model, session.read_base)
     load = partial(checkpointer.load, model, tuned)
@@ -53,8 +53,8 @@ def with_remedy(session: Session, tuned: Checkpoint) -> tuple[Checkpoint, Remedy
     return checkpointer.save_point(model, tuned, found.model_dump_json(by_alias=True)), found
 
 
-def _free_training_state(session: Session) -> None:
-    """Make room for base weights: no step follows."""
+def free_training_state(session: Session) -> None:
+    """Make room for base weights, or for another training: no step of the run follows."""
     for optimizer in session.optimizers:
         optimizer.zero_grad(set_to_none=True)
         optimizer.state.clear()

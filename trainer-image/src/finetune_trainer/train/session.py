@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
 from finetune_api.results import Ancestor, PreparedSummary
@@ -33,7 +32,7 @@ from finetune_trainer.engine.packing.feed import MicroBatchBuilder, StaticShape
 from finetune_trainer.engine.parameters import Parameters
 from finetune_trainer.engine.planning.micro_batch_size import micro_batch_tokens_of, samples_of
 from finetune_trainer.engine.planning.plan import Plan, uniform_micro_batch
-from finetune_trainer.engine.planning.schedule import replay_of, stages_of, steps_of, visits_of
+from finetune_trainer.engine.planning.schedule import replay_of
 from finetune_trainer.engine.precision import precision_of
 from finetune_trainer.engine.sharding import capacity
 from finetune_trainer.engine.task_losses import TASKS, TaskLoss
@@ -52,7 +51,8 @@ from finetune_trainer.storage.objects import Stores
 from finetune_trainer.train.checkpoint import CheckpointManager
 from finetune_trainer.train.telemetry import Telemetry
 from finetune_trainer.train.time_recorder import TimeRecorder
-from finetune_trainer.train.tuned import open_model
+from finetune_trainer.train.training_plan import training_of
+from finetune_trainer.train.tuned import open_model, starting_weights
 
 
 @dataclass(kw_only=True)
@@ -123,6 +123,9 @@ class Session(MeasuringSession):
     weight_anchor: WeightAnchor | None
     read_base: Callable[[], None]
     """See ``TunedModel``."""
+    restart: Callable[[], None] | None
+    """Puts the weights of the start of the training into the model; a collective. None without
+    ``evaluation.dataCurve``."""
 
 
 def open_session(
@@ -184,22 +187,15 @@ def open_session(
     if not spec.method.kind.trains:
         telemetry.reached("model")
         return measuring
-    index = data.index("train")
     optimizers = make_optimizers(tuned.model, spec)
     telemetry.reached("model")
-    sets = {number: data.manifest.sets[number] for number, _ in data.set_names("train")}
-    tokens = {entry.name: entry.tokens for entry in sets.values()}
-    plan = Plan(
-        index.length, index.supervised,
-        sources=np.searchsorted(list(sets), index.set),
-        stages=stages_of(spec, tokens, steps_of(spec, len(index))),
-        batch_size=spec.training.batch_size, visits=visits_of(spec, len(index)),
-        seed=spec.training.seed, micro_batch_tokens=micro_batch_tokens, ranks=world.size //
-        context.size, packing=tuned.packing, virtual_tokens=spec.method.virtual_tokens,
-    )  # fmt: skip
+    training = training_of(
+        spec, data, world.size // context.size, tuned.packing, micro_batch_tokens
+    )
+    plan = training.plan
     shape = None
     if spec.training.compile and tuned.packing == "Concatenated":
-        plan.micro_batch_tokens = uniform_micro_batch(plan, steps_of(spec, len(index)))
+        plan.micro_batch_tokens = uniform_micro_batch(plan, training.total)
         shape = StaticShape(plan.micro_batch_tokens, longest)
     telemetry.reached("data")
     device_peak = peak(world.device)
@@ -216,11 +212,12 @@ def open_session(
         work=tuned.work,
         peak=world_peak if precision.bf16 else None,
         trained=trained,
-        sources=list(tokens),
-        replay=replay_of(spec, list(tokens)),
+        sources=training.sources,
+        replay=replay_of(spec, training.sources),
         output_anchor=tuned.output_anchor,
         weight_anchor=weight_anchor(spec, optimizers),
         read_base=tuned.read_base,
+        restart=starting_weights(spec, tuned, trained) if spec.evaluation.data_curve else None,
     )
 
 

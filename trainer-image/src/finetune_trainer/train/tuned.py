@@ -9,15 +9,17 @@ the base are initialized after the base's weights are loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import nn
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.compilation import compile_blocks
+from finetune_trainer.engine.dtensors import local_tensor
 from finetune_trainer.engine.flops import Work, work_of
 from finetune_trainer.engine.kernels import use_liger
 from finetune_trainer.engine.loading import fill_shards, named_in, names_of
@@ -128,6 +130,30 @@ def _read_base(loss: nn.Module, world: World, sharded: bool, fill: Callable[[], 
     world.on_main(fill)
     if world.size > 1:
         broadcast(loss)
+
+
+def starting_weights(
+    spec: FineTuneJobSpec, tuned: TunedModel, trained: Sequence[nn.Parameter]
+) -> Callable[[], None]:
+    """Return what puts the weights that a model starts its training with into it again; a
+    collective. Adapters and the heads of classifiers are drawn: they are kept on the host. A
+    model's own weights are read again.
+
+    Args:
+        tuned: with these weights.
+        trained: its trained parameters.
+    """
+    if spec.kind.generates and not spec.method.kind.adapts:
+        return tuned.read_base
+    kept = [local_tensor(p.detach()).to("cpu", copy=True) for p in trained]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        reshard(tuned.loss)
+        for parameter, value in zip(trained, kept, strict=True):
+            local_tensor(parameter).copy_(value)
+
+    return put_back
 
 
 def output_anchor(

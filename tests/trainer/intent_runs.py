@@ -1,9 +1,10 @@
-"""Runs that forget: what the tests of the remedies share."""
+"""Runs on the quickstart's tiny base that learn to classify messages, for tests."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -40,7 +41,7 @@ class Runs:
     """Runs that learn to classify messages at a high rate, and forget to answer customers."""
 
     def __init__(self, run_spec_for: Any, bucket: str, base: Path, folder: Path) -> None:
-        self._run_spec_for, self._bucket, self.folder = run_spec_for, bucket, folder
+        self.run_spec_for, self.bucket, self.folder = run_spec_for, bucket, folder
         self.reply = f"s3://{bucket}/reply.jsonl"
         self.stores = Stores(run_spec_for())
         self.store = self.stores.default
@@ -66,11 +67,11 @@ class Runs:
         """
 
         def source(name: str, of: str) -> dict[str, Any]:
-            return {"name": name, "source": f"s3://{self._bucket}/{of}.jsonl"}
+            return {"name": name, "source": f"s3://{self.bucket}/{of}.jsonl"}
 
         earlier = [source("earlier", "earlier") | {"replay": True}] if replay else []
 
-        run_spec: RunSpec = self._run_spec_for(
+        run_spec: RunSpec = self.run_spec_for(
             run=run,
             data={
                 "train": [source("intent", "intent-train"), *earlier],
@@ -92,18 +93,22 @@ class Runs:
         prepare(run_spec, self.stores, self.folder / f"prepare-{run}")
         return run_spec
 
-    def train(self, run_spec: RunSpec, size: int = 1, lost_at: str = "") -> runfiles.RunResult:
+    def train(
+        self, run_spec: RunSpec, size: int = 1, lost_at: str = "",
+        before: Callable[[], None] | None = None,
+    ) -> runfiles.RunResult:  # fmt: skip
         """Train in a world of processes.
 
         Args:
             lost_at: text in the log at which the processes are killed, and then started again.
+            before: as in ``start_world``.
         """
         path = self.folder / f"run-spec-{run_spec.run}.json"
         path.write_text(run_spec.to_text())
         environment = dict(os.environ) | {"FINETUNE_RUN_SPEC": str(path)}
         for attempt in range(2 if lost_at else 1):
             folder = self.folder / f"{run_spec.run}-{size}-{attempt}"
-            world = start_world(environment, size, folder)
+            world = start_world(environment, size, folder, before)
             if lost_at and attempt == 0:
                 world.wait_for_log(lost_at)
                 world.kill()
@@ -119,7 +124,7 @@ class Runs:
 
     @property
     def destination(self) -> str:
-        return f"s3://{self._bucket}/out"
+        return f"s3://{self.bucket}/out"
 
     def head(self, run_spec: RunSpec) -> Head:
         found = read_head(self.store, run_spec.run_uri)
