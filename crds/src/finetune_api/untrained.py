@@ -102,9 +102,10 @@ def untrained_rules(checkpoint: type[Model]) -> tuple[Rule, ...]:
             ("evaluation.gates[].operator",),
         ),
         rule(
-            "!has(self.evaluation.judge)",
-            "has no tuned model whose answers a judge could compare: remove evaluation.judge",
-            lambda s: s.evaluation.judge is None,
+            "!has(self.evaluation.judge) && !self.evaluation.dataCurve",
+            "has no tuned model that a judge or a data curve could compare: remove evaluation.judge"
+            " and dataCurve",
+            lambda s: s.evaluation.judge is None and not s.evaluation.data_curve,
         ),
         rule(
             "!has(self.output.current)",

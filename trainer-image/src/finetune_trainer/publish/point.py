@@ -241,6 +241,7 @@ def _test(
             "rows": [row.row for row in rows],
             "remedy": remedy,
             "memorisation": None,  # of the tuned model; here it was not measured
+            "data_curve": [],
             "summary": source.result.summary.model_copy(
                 update={"scores": list(scores_of_sets(base, tuned))}
             ),

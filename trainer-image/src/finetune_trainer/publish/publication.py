@@ -203,7 +203,9 @@ def judge(
     run_spec, result = uploaded.run_spec, uploaded.result
     papers = scratch / "papers"
     shutil.rmtree(papers, ignore_errors=True)
-    evaluation = evaluate(run_spec.spec, uploaded.sets, used, uploaded.score).model_copy(
+    evaluation = evaluate(
+        run_spec.spec, uploaded.sets, used, uploaded.score, result.data_curve
+    ).model_copy(
         update={
             "artefact": uploaded.artefact,
             "remedy": result.remedy,
