@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from finetune_api.evaluation_results import Row
-from finetune_api.tasks import Metric
+from finetune_api.tasks import Metric, kinds_of
 from finetune_trainer.evaluate.table import Answered
 from finetune_trainer.prepared.dataset import Reference
 from finetune_trainer.publish.measured_sets import MeasuredSet
@@ -25,7 +25,7 @@ def measured_set(
     """A set whose rows have answered its first samples; each sample is a group."""
     asked = prompts or [f"p{n}" for n in range(len(references))]
     return MeasuredSet(
-        name=name, retention=False, metrics=list(metrics), slices={},
+        name=name, retention=False, metrics=kinds_of(*metrics), slices={},
         groups=np.arange(len(references)),
         digests=digests or [f"d{n}" for n in range(len(references))],
         references=[

@@ -20,6 +20,7 @@ from finetune_api.evaluation_results import (
     SetCurve,
     SetTable,
 )
+from finetune_api.tasks import METRICS, kinds_of
 from finetune_trainer.evaluate.data_curve import next_gain, set_curve, with_advice
 from finetune_trainer.evaluate.table import Answered, RowOutcome
 from finetune_trainer.prepared.dataset import Reference
@@ -76,7 +77,7 @@ def row(right: int, of: int) -> RowOutcome:
 
 def curve_of(quarter: int | None, half: int | None, whole: int, of: int = 400) -> SetCurve:
     parts = [None if right is None else row(right, of) for right in (quarter, half)]
-    found = set_curve("set", parts, row(whole, of), ["Loss", "Accuracy"], 2)
+    found = set_curve("set", parts, row(whole, of), kinds_of("Loss", "Accuracy"), 2)
     assert found is not None
     return found
 
@@ -106,8 +107,8 @@ def test_few_test_samples_say_nothing() -> None:
     found = curve_of(5, 10, 12, of=24)
     assert found.more_helps is None and found.comparison is not None
     assert found.comparison.verdict == "TooFewSamples"
-    assert set_curve("set", [None, None], row(1, 4), ["Accuracy"], 2) is None
-    assert set_curve("set", [row(1, 4)] * 2, row(1, 4), [], 2) is None
+    assert set_curve("set", [None, None], row(1, 4), kinds_of("Accuracy"), 2) is None
+    assert set_curve("set", [row(1, 4)] * 2, row(1, 4), {}, 2) is None
 
 
 def advised(
@@ -123,8 +124,8 @@ def advised(
         for name, passed in (("set", gate), ("other", False))
         if passed is not None
     ]
-    found = with_advice(table, DataCurve(points=points, sets=[curve]), gates, 2)
-    assert with_advice(table, None, gates, 2) == table
+    found = with_advice(table, DataCurve(points=points, sets=[curve]), gates, METRICS, 2)
+    assert with_advice(table, None, gates, METRICS, 2) == table
     return found.recommendation
 
 

@@ -117,6 +117,14 @@ def test_without_a_metric_of_samples_answers_are_shown_alone() -> None:
     assert of(["a"], {}) is None and of(["a"], {TUNED: []}) is None
 
 
+def test_of_a_model_alone_right_answers_are_told_from_wrong_ones() -> None:
+    found = of(["a"] * 3, {BASE: ["a", "x", "a"], SHOT: ["a"] * 3})
+    assert found is not None and counts(found) == {"wrong": (1, 1), "right": (2, 2)}
+    assert {s.name for s in found.samples} == {"wrong", "right"}
+    graded = of(["a b"] * 2, {BASE: ["a b", "a"]}, ["Rouge"])
+    assert graded is not None and counts(graded) == {"same": (2, 2)}
+
+
 @pytest.mark.parametrize("redact", [True, False])
 def test_personal_data_in_answers_is_replaced_on_request(redact: bool) -> None:
     said = "write to ana@example.com"

@@ -133,9 +133,10 @@ def side_by_side(found: MeasuredSet, seed: int, redact: bool) -> SideBySide | No
         for row, known in zip(rows, values, strict=True)
     ]
     by_row = {each.row: each for each in answers}
-    base, judged = by_row.get(BASE.name), by_row.get(found.judged.row.name)
+    judged = by_row.get(found.judged.row.name) if answers else None
     if judged is None:
         return None
+    base = by_row.get(BASE.name)
     kind = found.metrics[metric] if metric else None
     graded = metric in _GRADED or not all(
         value in (0.0, 1.0) for each in answers for value in each.values.values()
@@ -157,7 +158,6 @@ def side_by_side(found: MeasuredSet, seed: int, redact: bool) -> SideBySide | No
         groups=[
             ChangeGroup(change, names[change], len(numbers), min(QUOTA, len(numbers)))
             for change, numbers in members.items()
-            if names[change]
         ],
         samples=[
             ShownSample(
