@@ -64,6 +64,8 @@ class Runs:
     def prepared(self, run: str, **spec: Any) -> RunSpec:
         spec = {"data": self.data, "evaluation": EVALUATION, **spec}
         spec.setdefault("output", {"destination": f"s3://{self._bucket}/out"})
+        # Each measures for itself: a workspace shares the base model's rows.
+        spec.setdefault("storage", {"workspace": f"s3://{self._bucket}/work-{run}"})
         run_spec: RunSpec = self._run_spec_for(run=run, **spec)
         prepare(run_spec, self.stores, self.folder / f"prepare-{run}")
         return run_spec
@@ -247,8 +249,9 @@ def test_an_evaluated_model_is_compared_with_a_trained_one(
 
 def test_what_the_split_holds_out_is_measured_without_test_sets(runs: Runs) -> None:
     data = {"train": runs.data["train"], "split": {"test": "0.05"}}
-    trained = runs.prepared("5-train", data=data)
-    alone = runs.prepared("6-alone", data=data, **ALONE)
+    shared = {"data": data, "storage": {"workspace": "s3://untrained/work"}}
+    trained = runs.prepared("5-train", **shared)
+    alone = runs.prepared("6-alone", **shared, **ALONE)
     prepared = [runfiles.read_prepared(runs.store, each.run_uri) for each in (trained, alone)]
     assert prepared[0].digest == prepared[1].digest and prepared[1].reused
     assert prepared[1].total_steps == 0
