@@ -42,6 +42,7 @@ from finetune_trainer.prepare.custom_metric_check import check_custom_metrics
 from finetune_trainer.prepare.data_curve_check import check_data_curve
 from finetune_trainer.prepare.digest import content_digest
 from finetune_trainer.prepare.gate_check import check_gates
+from finetune_trainer.prepare.instruction_check import check_instructions
 from finetune_trainer.prepare.mapping.batch import Recipe, begin
 from finetune_trainer.prepare.mapping.map import RunPaths, map_splits
 from finetune_trainer.prepare.mapping.pool import Pool, count_processes
@@ -142,6 +143,7 @@ def prepare(
         check_slices(spec.evaluation.slices, data.slices())
     questions = make_questions(spec, data, model, stores)
     check_gates(spec, manifest, questions)
+    check_instructions(spec, data)
     check_custom_metrics(spec, data)
     check_remedy(spec, data)
     check_data_curve(spec, data)
