@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import pytest
 
-from finetune_api.evaluation_results import Row
+from finetune_api.evaluation_results import BASE, TUNED, Row
 from finetune_trainer.prepare.reducing.page import render as data_page
 from finetune_trainer.publish.report import render as run_page
 from trainer.test_prepare_report import report
@@ -77,7 +77,8 @@ def changed(value: Any, text: str, name: str = "") -> Any:
 def pages(text: str) -> list[str]:
     """Both pages, with a text in every place that records, names and models fill."""
     run = about()
-    sets = [measured(text, text, text, {Row(model="Base", prompt=text): text})]
+    rows = dict.fromkeys([BASE, TUNED, Row(model="Base", prompt=text)], text)
+    sets = [measured(text, text, text, rows)]
     data = json.dumps(changed(DATA_REPORT, text)).encode()
     return [
         data_page(changed(report(), text)),
