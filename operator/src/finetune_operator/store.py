@@ -81,7 +81,7 @@ class Store:
             return None
         if kind == names.KIND:
             return self._put_job(owner, _trimmed(obj))
-        return self._put_child(kind, owner, obj)
+        return self._put_child(kind, uid, Child(owner, version_of(obj), VIEWS[kind](obj)))
 
     def _put_job(self, job: Owner, obj: Object) -> str | None:
         known = self._jobs.get(job.uid)
@@ -96,13 +96,11 @@ class Store:
         self._references.put(obj)
         return job.uid
 
-    def _put_child(self, kind: str, owner: Owner, obj: Object) -> str | None:
-        uid, version = obj["metadata"]["uid"], version_of(obj)
-        kinds = self._children.setdefault(owner, {k: {} for k in CHILD_KINDS})
+    def _put_child(self, kind: str, uid: str, child: Child) -> str | None:
+        kinds = self._children.setdefault(child.owner, {k: {} for k in CHILD_KINDS})
         known = kinds[kind].get(uid)
-        if known is not None and not _is_newer(version, known.version):
+        if known is not None and not _is_newer(child.version, known.version):
             return None
-        child = Child(owner, version, VIEWS[kind](obj))
         if isinstance(child.view, PodView):
             self._note_pull(uid, child.view)
         kinds[kind][uid] = child

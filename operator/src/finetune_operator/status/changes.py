@@ -25,18 +25,10 @@ def urgency(before: FineTuneJobStatus, after: FineTuneJobStatus) -> Urgency:
     """When a changed status must be written. Of progress, messages and a run's way from stage to
     stage a user misses nothing if they are written a few seconds later, together with the next
     ones, and no later pass depends on them; the sums of a finished or long stage can wait
-    longer. So is the first status of a run that begins: in a burst of new jobs their Jobs come
-    first, and it is often written together with what follows."""
-    if before == FineTuneJobStatus() and _begins(after):
-        return "Soon"
+    longer."""
     if _outline(before) != _outline(after):
         return "AtOnce"
     return "Soon" if _without(before, _FIGURES) != _without(after, _FIGURES) else "Later"
-
-
-def _begins(status: FineTuneJobStatus) -> bool:
-    """Whether nothing has happened in a status but that a run has begun."""
-    return status.run is not None and status.run.outcome is None and status.failure is None
 
 
 def _outline(status: FineTuneJobStatus) -> dict[str, Any]:
