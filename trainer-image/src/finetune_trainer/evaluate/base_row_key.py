@@ -37,7 +37,7 @@ from finetune_trainer.storage.objects import file_info
 
 ROW_VERSION: Final = 1
 """Incremented when the same model gets other losses or answers for the same samples."""
-_LIBRARIES: Final = ("torch", "transformers", "tokenizers", "bitsandbytes")
+_LIBRARIES: Final = ("torch", "transformers", "tokenizers")
 _AT_ONCE: Final = 1000
 """Samples in memory for their digest."""
 _PARALLEL_FILES: Final = 4
@@ -95,18 +95,20 @@ def model_digest(files: BaseFiles) -> str:
 def computation_of(spec: FineTuneJobSpec, evaluator: Evaluator) -> dict[str, Any]:
     """Return what figures of the base model depend on besides model and samples."""
     device = evaluator.world.device.type
-    precision = precision_of(spec, device == "cuda")
+    precision, quantized = precision_of(spec, device == "cuda"), spec.method.kind.quantizes
+    # An image for other methods has no bitsandbytes.
+    libraries = (*_LIBRARIES, "bitsandbytes") if quantized else _LIBRARIES
     return {
         "task": spec.task,
         "device": device,
         "bf16": precision.bf16,
         "fp8": precision.fp8,
         "weights": str(frozen_dtype(spec, precision)),
-        "quantized": spec.method.kind.quantizes,
+        "quantized": quantized,
         "newTokens": evaluator.max_new_tokens,
         "virtualTokens": evaluator.virtual_tokens,
         "stops": sorted(evaluator.data.manifest.stop_token_ids),
-        "libraries": {name: version(name) for name in _LIBRARIES},
+        "libraries": {name: version(name) for name in libraries},
     }
 
 
