@@ -381,22 +381,26 @@ def _none_built_in(field: str) -> Rule:
     )
 
 
-def _no_replay(field: str) -> Rule:
+def _only_trained(mark: str, field: str, message: str) -> Rule:
+    """Rule: a mark that is for training sets."""
     return Rule(
-        f"!has(self.{field}) || self.{field}.all(s, !s.replay)",
-        f"replay is for training sets: those of {field} are evaluated, not trained on",
-        lambda data: not any(s.replay for s in getattr(data, field) or ()),
+        f"!has(self.{field}) || self.{field}.all(s, !s.{mark})",
+        message,
+        lambda data: not any(getattr(s, mark) for s in getattr(data, field) or ()),
         (f"{field}[].source",),
     )
+
+
+def _no_replay(field: str) -> Rule:
+    text = f"replay is for training sets: those of {field} are evaluated, not trained on"
+    return _only_trained("replay", field, text)
 
 
 def _no_canaries(field: str) -> Rule:
-    return Rule(
-        f"!has(self.{field}) || self.{field}.all(s, !s.canaries)",
-        f"canaries are for training sets: what is not trained on, as {field}, cannot be given away",
-        lambda data: not any(s.canaries for s in getattr(data, field) or ()),
-        (f"{field}[].source",),
+    text = (
+        f"canaries are for training sets: what is not trained on, as {field}, cannot be given away"
     )
+    return _only_trained("canaries", field, text)
 
 
 DataList = Literal["train", "validation", "test", "retention"]

@@ -27,10 +27,10 @@ from finetune_operator.world.stored import StoredJob
 
 SETTLE_SECONDS: Final = 3.0
 """Shortest time from one status write of a job to the next, unless that is due at once."""
-SETTLE_LATENCIES: Final = 80.0
+SETTLE_LATENCIES: Final = 50.0
 """Added to it in multiples of the time that a status write takes lately: most of what a busy API
 server has to do in a burst of jobs are status writes."""
-REST_LATENCIES: Final = 16.0
+REST_LATENCIES: Final = 10.0
 """How much longer a job rests between two passes, in multiples of the same time."""
 _SMOOTHING: Final = 0.2
 """Weight of the newest write in the mean time of a write."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from finetune_api.evaluation_results import DataSetScores
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.evaluate.measure import Answer, Evaluator, Measured, SetResult
+from finetune_trainer.evaluate.measure import Answer, Evaluator, Measured
 from finetune_trainer.evaluate.metric_selection import measured_on, metrics_of
 from finetune_trainer.evaluate.scores import OF_LOSS
 from finetune_trainer.prepared.dataset import PreparedData
@@ -55,7 +55,7 @@ def answer_sets(
         Interrupted: as ``Evaluator.sets``.
     """
     return [
-        _set_answers(found)
+        found.to_answers()
         for side in sides
         for found in evaluator.sets(
             side, metrics_of_sets(evaluator.data, spec, side), reported_part(halves, side)
@@ -101,18 +101,6 @@ def with_metrics(
         metrics = evaluator.metrics(of.side, measured, answers.label_scores, wanted)
         found.append(answers.model_copy(update={"metrics": metrics}))
     return found
-
-
-def _set_answers(found: SetResult) -> SetAnswers:
-    return SetAnswers(
-        name=found.name,
-        metrics=found.metrics,
-        losses=found.losses.tolist(),
-        labels=[int(n) for n in found.labels],
-        answers=[answer.text for answer in found.answers],
-        tokens=[answer.tokens for answer in found.answers],
-        label_scores=found.label_scores,
-    )
 
 
 def answer_questions(
